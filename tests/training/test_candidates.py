@@ -63,9 +63,7 @@ def screen_tiny(
         "stages": [{"name": "head", "kind": "head"}],
         "members": [member],
     }
-    measured = ProbePlan(
-        32, [1.0], seconds, 36 * seconds, Decision("img_size", 32, "as given"), wanted=3
-    )
+    measured = ProbePlan(32, [1.0], seconds, 36, Decision("img_size", 32, "as given"), wanted=3)
     return screen(candidates, Recipe.parse(tree), sources, measured, clock or Clock.start(0))
 
 

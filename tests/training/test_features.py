@@ -26,6 +26,7 @@ from threefold.training.features import engines
 from threefold.training.features import store as feature_store
 from threefold.training.features.cache import FeatureCache
 from threefold.training.features.store import FeatureStore
+from threefold.training.squares import resize_images
 
 N = 70
 """More than two batches, and no multiple of one."""
@@ -93,7 +94,7 @@ def test_head_on_cached_features_answers_as_the_member(tmp_path: Path, head: Any
     cache = make_cache(tmp_path)
     spec = spec_of(cache).model_copy(update={"head": spec_of(cache).head.model_validate(head)})
     member = build_on(cache, spec)
-    pixels = features.resize_images(list(cache.sources.train.images), 32, "squash")
+    pixels = resize_images(list(cache.sources.train.images), 32, "squash")
     with torch.inference_mode():
         expected = member.eval()(to_pixels(pixels, torch.device("cpu")))
 

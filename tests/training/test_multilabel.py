@@ -31,11 +31,12 @@ from threefold.training import job as job_module
 from threefold.training.checkpoints import Checkpoint, accept_stage
 from threefold.training.features.probe import Targets, choose_l2, fit_linear
 from threefold.training.jobs import train_members
-from threefold.training.pixel_cache import PixelRows, resize_images
+from threefold.training.pixel_cache import PixelRows
 from threefold.training.planning.measure import cross_validated_probe, spread_over_classes
 from threefold.training.results.diagnostics import make_label_thumbnails
 from threefold.training.results.multilabel import evaluate_multilabel_run
 from threefold.training.run import Run
+from threefold.training.squares import resize_images
 from threefold.training.stages.loop import train_stage
 from threefold.training.stages.task import StageOutcome, StageTask
 from threefold.training.steps.losses import BatchLoss

@@ -23,8 +23,8 @@ from threefold.training.pixel_cache import (
     PixelCache,
     StoredPixels,
     join_rows,
-    resize_images,
 )
+from threefold.training.squares import resize_images
 
 SPEC = MemberSpec(name="m", backbone="test_resnet", img_size=24)
 

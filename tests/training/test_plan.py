@@ -120,7 +120,7 @@ def test_heads_that_take_long_get_fewer_folds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head_seconds: float, folds: int
 ) -> None:
     size = Decision("img_size", 32, "as given")
-    measured = ProbePlan(32, [1.0], 0.001, 0.1, size, head_seconds=head_seconds)
+    measured = ProbePlan(32, [1.0], 0.001, 100, size, head_seconds=head_seconds)
     monkeypatch.setattr(planning, "with_head_seconds", Mock(return_value=measured))
 
     plan = plan_folder(make_folder(tmp_path, ["cat", "dog"]), 1, TINY, SMALL, quality="fast")
@@ -152,7 +152,7 @@ def test_probes_read_the_levels_that_suit_the_images(
 ) -> None:
     size = Decision("img_size", 32, "as given")
     levels = Decision("head.sequence", sequence, "as given")
-    measured = ProbePlan(32, [1.0], 0.001, 0.1, size, levels)
+    measured = ProbePlan(32, [1.0], 0.001, 100, size, levels)
     monkeypatch.setattr(planning, "choose_size", Mock(return_value=measured))
 
     plan = plan_folder(make_folder(tmp_path, ["cat", "dog"]), 0, TINY, UNTRAINED)
@@ -320,7 +320,7 @@ def test_a_plan_that_dropped_members_is_resumed(
     root, out = make_folder(tmp_path / "images", ["cat", "dog"]), tmp_path / "run"
     members = ("test_resnet", "test_efficientnet")
     sets = (*UNTRAINED, "members.0.img_size=32")
-    plan_of_one = ProbePlan(32, [1.0], 0.01, 1.0, Decision("img_size", 32, "measured"))
+    plan_of_one = ProbePlan(32, [1.0], 0.01, 100, Decision("img_size", 32, "measured"))
     monkeypatch.setattr(planning, "choose_size", lambda *_: plan_of_one)
     plan = plan_folder(root, 0, members, sets)
     RunFolder.create(out, plan.recipe, plan.explain())

@@ -11,6 +11,7 @@ from support.tiny_runs import make_folder
 
 from threefold.data.load import load_data
 from threefold.recipe.recipe import Recipe
+from threefold.training.features.cache import ImageSeconds
 from threefold.training.planning import image_size
 from threefold.training.planning.basis import Clock, DataSummary, Decision
 from threefold.training.planning.image_size import ProbePlan, drop_late_members
@@ -39,7 +40,7 @@ def measure_size(
         }
     )
     monkeypatch.setattr(image_size, "PROBE_SHARE", 0.0)
-    cache = Mock(seconds_per_image=Mock(return_value=per_image))
+    cache = Mock(seconds_per_image=Mock(return_value=ImageSeconds(0.0, per_image)))
     clock = Clock(60, time.monotonic() + left)
     summary = DataSummary(12, 12, ("cat", "dog"), 6, 6, side=40)
     sources = load_data(draft.data, draft.seed)
@@ -80,7 +81,7 @@ def test_members_whose_heads_take_too_long_are_dropped(left: float, members: int
     size = Decision("img_size", 96, "why")
     # In three folds 13, 26 and 39 s for the heads of one, two and three members with the features
     # that are left; then 8 s for the scores and 3 s for each export.
-    measured = ProbePlan(96, [1.0, 1.0, 1.0], 0.1, 7.5, size, head_seconds=10 / 3, wanted=3)
+    measured = ProbePlan(96, [1.0, 1.0, 1.0], 0.1, 25, size, head_seconds=10 / 3, wanted=3)
 
     kept = drop_late_members(measured, Clock(100, time.monotonic() + left))
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from threefold.data.images import BadImage, decode
+from threefold.data.images import BadImage, decode, measure
 from threefold.data.label_counts import make_targets
 from threefold.data.same_content import content_hash
 from threefold.data.sources.folder import (
@@ -139,6 +139,20 @@ class ImageDataset:
             return decode_unchanged(image, bytes(self.digests[i]), where)
         image = self.images[i]
         return np.repeat(image[..., None], 3, axis=2) if image.ndim == 2 else image.copy()
+
+    def size_of(self, i: int) -> tuple[int, int]:
+        """Return the two sides of image i in pixels, in any order, without decoding it.
+
+        Raises:
+            DataError: the file can no longer be read.
+        """
+        image = self.images[i]
+        if isinstance(image, np.ndarray):
+            return image.shape[0], image.shape[1]
+        try:
+            return measure(image.read_bytes() if isinstance(image, Path) else image)
+        except OSError as error:
+            raise DataError("cannot read the file", where=image, got=error) from None
 
     def content_hash(self, i: int) -> str:
         """Return 32 hexadecimal digits of the SHA-256 of image i's file, or of its pixels.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from threefold.data.dataset import ImageDataset
 from threefold.ensembles.calibration import Calibration, saved_calibration
@@ -36,6 +38,12 @@ PARITY_IMAGES = {"float32": 32, "float16": 512, "bfloat16": 512, "int8": 512}
 
 LATENCY_IMAGES = 8
 """Images on which the latency of the exported file is measured, once each."""
+
+FULL_SIZE = 4
+"""Images of the parity gate that are large photographs as they are; the others are made smaller."""
+
+LARGE_PIXELS = 1_000_000
+"""Pixels of a large photograph, which eager PyTorch takes a third of a second to resize."""
 
 
 def export(
@@ -86,10 +94,10 @@ def export(
     test = None if run.folder.is_sealed else run.sources.test
     dataset = train if test is None else test
     rows = spread_rows(dataset, PARITY_IMAGES[precision])
-    images = [dataset.pixels(row) for row in rows]
+    images = _parity_images(dataset, rows)
     calibration_images = []
     if precision == "int8":
-        calibration_images = [train.pixels(row) for row in spread_rows(train, CALIBRATION_IMAGES)]
+        calibration_images = _parity_images(train, spread_rows(train, CALIBRATION_IMAGES))
     pipeline = run.pipeline(ensemble.combiner, ensemble.members)
     card = {**_run_card(run), "hashes": _hashes(run), **parts}
     with _recording(run, target):
@@ -107,8 +115,7 @@ def export(
         )
     report = report.replace(path=str(target), method=parts["method"])
     if target.suffix == ".onnx":
-        latency = load(target).measure_latency(images[:LATENCY_IMAGES], repeats=1)
-        report = report.replace(latency=Latency.parse(latency, target))
+        report = report.replace(latency=_measure_latency(target, dataset, rows))
     try:
         if test is not None:  # the gate counts correct answers
             run.folder.open_test("export", len(rows))
@@ -154,6 +161,28 @@ def _recording(run: Run, target: Path) -> AbstractContextManager[object]:
 def spread_rows(dataset: ImageDataset, count: int) -> list[int]:
     """Return at most `count` rows of a data set, evenly spread."""
     return [int(row) for row in np.linspace(0, len(dataset) - 1, min(count, len(dataset)))]
+
+
+def _measure_latency(path: Path, dataset: ImageDataset, rows: Sequence[int]) -> Latency:
+    """Measure the latency of an exported file on the first rows, as they are."""
+    images = [dataset.pixels(row) for row in rows[:LATENCY_IMAGES]]
+    return Latency.parse(load(path).measure_latency(images, repeats=1), path)
+
+
+def _parity_images(dataset: ImageDataset, rows: Sequence[int]) -> list[np.ndarray]:
+    """Return images uint8 (h, w, 3); large ones after the first few are made smaller.
+
+    So real photographs go through the whole pipeline, and the rest of them takes no minutes.
+    """
+    images = [dataset.pixels(row) for row in rows[:FULL_SIZE]]
+    for row in rows[FULL_SIZE:]:
+        pixels = dataset.pixels(row)
+        height, width = pixels.shape[:2]
+        factor = math.ceil(math.sqrt(height * width / LARGE_PIXELS))
+        if factor > 1:
+            pixels = np.asarray(Image.fromarray(pixels).reduce(factor))
+        images.append(pixels)
+    return images
 
 
 def chosen_ensemble(run: Run) -> ExportedEnsemble:

@@ -81,6 +81,7 @@ def open_features(run: Run) -> FeatureCache:
         run.watcher,
         record=run.dir / "features.json",
         load=lambda spec: frozen_backbone(run.folder, spec),
+        squares=run.squares,
     )
 
 

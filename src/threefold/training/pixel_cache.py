@@ -12,18 +12,14 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
-import torch
-from threadpoolctl import ThreadpoolController
 
 from threefold.data.dataset import ImageDataset, Sources
-from threefold.data.resize import can_resize, resize_pixels
 from threefold.data.splits import Roles
 from threefold.errors import RunError
 from threefold.files import (
@@ -36,9 +32,9 @@ from threefold.files import (
 )
 from threefold.machine import decoding_threads
 from threefold.models.pipeline import ImageRows
-from threefold.models.resize import resize_square
 from threefold.models.views import Views
 from threefold.recipe.schema import MemberSpec
+from threefold.training.squares import SquareForm, Squares
 from threefold.training.stored_array import StoredArray
 
 CHUNK = 32
@@ -131,12 +127,18 @@ class PixelCache:
         sources: the images.
         views: the test-time views of a member, whose canvas is another size.
         folder: where the files go.
+        squares: reads the images; None = each is decoded.
     """
 
     def __init__(
-        self, sources: Sources, views: Callable[[MemberSpec], Views], folder: Path
+        self,
+        sources: Sources,
+        views: Callable[[MemberSpec], Views],
+        folder: Path,
+        squares: Squares | None = None,
     ) -> None:
         self.sources, self.views, self.folder = sources, views, folder
+        self.squares = squares or Squares()
         self._known: set[Path] = set()
         self._keys: dict[str, str] = {}
 
@@ -159,7 +161,7 @@ class PixelCache:
             key = self._key(split)
             with one_at_a_time(path.with_suffix(".lock")):
                 if not _is_intact(path, key):
-                    _fill(path, dataset, side, spec.resize, key)
+                    _fill(path, dataset, SquareForm(side, spec.resize), key, self.squares)
             self._known.add(path)
         return PixelRows(StoredPixels([(path, np.asarray(rows))]), dataset.truth[rows])
 
@@ -248,8 +250,9 @@ def _is_intact(path: Path, key: str) -> bool:
     return False
 
 
-def _fill(path: Path, dataset: ImageDataset, side: int, resize: Any, key: str) -> None:
-    """Decode and resize every image, of contents with this key, into one .npy file."""
+def _fill(path: Path, dataset: ImageDataset, form: SquareForm, key: str, squares: Squares) -> None:
+    """Write the squares of every image, of contents with this key, into one .npy file."""
+    side = form.side
     temporary = temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -263,8 +266,8 @@ def _fill(path: Path, dataset: ImageDataset, side: int, resize: Any, key: str) -
             np.lib.format.write_array_header_1_0(file, header)
             _reserve(file, math.prod(shape))
             for rows in np.array_split(np.arange(len(dataset)), max(1, len(dataset) // CHUNK)):
-                images = list(pool.map(dataset.pixels, rows.tolist()))
-                file.write(resize_images(images, side, resize, pool).data)
+                file.write(squares.read(dataset, rows.tolist(), [form], pool)[form].data)
+            squares.save()
             file.flush()
             os.fsync(file.fileno())
         digest = sha256(temporary)
@@ -299,47 +302,3 @@ def _reserve(file: IO[bytes], size: int) -> None:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
             raise  # not every file system can reserve
-
-
-def resize_images(
-    images: Sequence[np.ndarray],
-    side: int,
-    resize: Literal["squash", "crop"],
-    pool: Executor | None = None,
-) -> np.ndarray:
-    """Resize images of any sizes, each to the same pixels as `resize_square` does.
-
-    Args:
-        images: uint8 (h, w, 3).
-        side: of the result in pixels.
-        resize: see `resize_square`.
-        pool: threads to share the images among; None = one after the other.
-
-    Returns:
-        uint8 (n, side, side, 3).
-    """
-    squares = np.empty((len(images), side, side, 3), np.uint8)
-
-    def fill(number: int) -> None:
-        squares[number] = resize_image(images[number], side, resize)
-
-    # Threads of BLAS beside those of the pool would wait for each other.
-    with _thread_pools().limit(limits=1, user_api="blas"):
-        for _ in (pool.map if pool else map)(fill, range(len(images))):
-            pass
-    return squares
-
-
-@cache
-def _thread_pools() -> ThreadpoolController:
-    """Return the thread pools of numpy's libraries; to find them takes 3 ms, as ten images do."""
-    return ThreadpoolController()
-
-
-def resize_image(image: np.ndarray, side: int, resize: Literal["squash", "crop"]) -> np.ndarray:
-    """Resize an image uint8 (h, w, 3) to uint8 (side, side, 3)."""
-    if can_resize(image.shape, side, resize):
-        return resize_pixels(image, side, resize)
-    batch = torch.from_numpy(image[None].copy())
-    square: np.ndarray = resize_square(batch, side, resize)[0].permute(1, 2, 0).byte().numpy()
-    return square

@@ -18,6 +18,7 @@ from threefold.data.load import load_data
 from threefold.data.splits import Roles, assign_roles, refit_roles
 from threefold.data.unlabelled import with_unlabelled
 from threefold.errors import RunError
+from threefold.files import cache_folder
 from threefold.models.member import (
     JointMember,
     Member,
@@ -38,6 +39,7 @@ from threefold.training.execution import Execution
 from threefold.training.features.frozen import frozen_backbone, frozen_digest
 from threefold.training.pixel_cache import PixelCache
 from threefold.training.progress.watcher import Watcher
+from threefold.training.squares import Squares
 
 
 class Run(SavedRun):
@@ -188,9 +190,14 @@ class Run(SavedRun):
         """Where the decoded images are while the run trains."""
         return self.dir / "cache"
 
+    @cached_property
+    def squares(self) -> Squares:
+        """The squares of large photographs that were decoded before, by this run or a plan."""
+        return Squares(cache_folder("features"))
+
     def open_pixels(self) -> PixelCache:
         """Open the decoded images; none is decoded yet."""
-        return PixelCache(self.all_sources, self.all_views, self.pixel_folder)
+        return PixelCache(self.all_sources, self.all_views, self.pixel_folder, self.squares)
 
     @property
     def final_folds(self) -> list[int]:

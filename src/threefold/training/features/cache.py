@@ -12,6 +12,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +27,7 @@ from threefold.data.dataset import Sources
 from threefold.data.splits import Roles
 from threefold.errors import RunError
 from threefold.files import cache_folder
+from threefold.machine import decoding_threads
 from threefold.models.features import FeatureExtractor
 from threefold.models.heads import input_form
 from threefold.models.member import create_backbone
@@ -49,16 +51,26 @@ from threefold.training.features.store import (
     check_memory,
     make_room,
 )
-from threefold.training.pixel_cache import resize_images, select_rows
+from threefold.training.pixel_cache import select_rows
 from threefold.training.progress.watcher import Watcher
 from threefold.training.provenance import hardware, stable_seed
+from threefold.training.squares import SquareForm, Squares
 from threefold.training.steps.augment import AUGMENT_VERSION, Augment
 
 VERSION = 1
 """Version of decoding, resize and storage; another one makes cached features unknown."""
 
 TIMED_PASSES = 2
-"""How often a batch is timed, decoding included: a first pass is slower than those after it."""
+"""How often a batch is timed: a first pass is slower than those after it."""
+
+
+class ImageSeconds(NamedTuple):
+    """What the features of an image take, in seconds."""
+
+    read: float
+    """To decode and resize it; all backbones share that."""
+    answer: float
+    """By one backbone."""
 
 
 class FeatureRows(NamedTuple):
@@ -103,6 +115,7 @@ class FeatureCache:
         folder: of cached features; None = the user's cache folder.
         record: a JSON file that keeps the choice of engines, so that a resumed run repeats it.
         load: returns a member's frozen backbone; None = the pretrained one.
+        squares: reads the images; None = with squares stored in the folder.
     """
 
     def __init__(
@@ -114,6 +127,7 @@ class FeatureCache:
         folder: Path | None = None,
         record: Path | None = None,
         load: Callable[[MemberSpec], nn.Module] | None = None,
+        squares: Squares | None = None,
     ) -> None:
         self.sources, self.recipe = sources, recipe
         self.watcher = watcher or Watcher()
@@ -125,7 +139,7 @@ class FeatureCache:
         self._sources: dict[tuple[object, ...], _Source] = {}
         self._hashes: dict[str, dict[int, str]] = {"train": {}, "test": {}, "unlabelled": {}}
         self._answered = self._to_answer = 0
-        self._augment = Augment(recipe.augment)
+        self._augment, self._squares = Augment(recipe.augment), squares or Squares(self.folder)
         copies = [AUGMENT_VERSION, recipe.seed, recipe.augment.model_dump_json()]
         self._copies = hashlib.sha256(json.dumps(copies).encode()).hexdigest()[:16]
 
@@ -188,8 +202,8 @@ class FeatureCache:
 
     def seconds_per_image(
         self, split: str, spec: MemberSpec, rows: np.ndarray, expected: int
-    ) -> float:
-        """Measure what the features of an image take: decoding, resize and the backbone.
+    ) -> ImageSeconds:
+        """Measure what the features of an image take.
 
         Nothing is cached, and nothing cached is used.
 
@@ -203,12 +217,15 @@ class FeatureCache:
         items = [(int(row), 0) for row in rows[:BATCH]]
         place = {self._name(split, *item): item for item in items}
         self._choose_engine(source, split, place, expected)
-        seconds = []
+        reading, answering = [], []
         for _ in range(TIMED_PASSES):
             began = time.perf_counter()
-            compute(self._engine(source), self._sample(source, split, items))
-            seconds.append(time.perf_counter() - began)
-        return min(seconds) / len(items)
+            pixels = self._sample(source, split, items, Squares())
+            read = time.perf_counter()
+            compute(self._engine(source), pixels)
+            reading.append(read - began)
+            answering.append(time.perf_counter() - read)
+        return ImageSeconds(min(reading) / len(items), min(answering) / len(items))
 
     def prepare(
         self,
@@ -343,7 +360,8 @@ class FeatureCache:
             if not store.missing(names):
                 self._open(source, known)
                 return
-        sample = self._sample(source, split, [place[name] for name in names[:BATCH]])
+        items = [place[name] for name in names[:BATCH]]
+        sample = self._sample(source, split, items, self._squares)
         count = max(len(names), expected)
         engine, reason, measured = choose_engine(
             source.extractor,
@@ -380,10 +398,14 @@ class FeatureCache:
             )
         return source.engine
 
-    def _sample(self, source: _Source, split: str, items: Sequence[tuple[int, int]]) -> np.ndarray:
-        images = [self.sources.part(split).pixels(row) for row, _ in items]
-        squares = resize_images(images, source.spec.img_size, source.spec.resize)
-        return to_float(squares)
+    def _sample(
+        self, source: _Source, split: str, items: Sequence[tuple[int, int]], squares: Squares
+    ) -> np.ndarray:
+        """Return some images, float32 (n, 3, s, s) in 0..255."""
+        form = SquareForm(source.spec.img_size, source.spec.resize)
+        rows = [row for row, _ in items]
+        with ThreadPoolExecutor(decoding_threads()) as pool:
+            return to_float(squares.read(self.sources.part(split), rows, [form], pool)[form])
 
     # The pass over the images
 
@@ -428,7 +450,8 @@ class FeatureCache:
             )
             for key, source in by_key.items()
         }
-        work = FeaturePass(self.sources.part(split), backbones, place, self._augment)
+        dataset = self.sources.part(split)
+        work = FeaturePass(dataset, backbones, place, self._augment, self._squares)
         for answers in work.parts(lambda key: self._engine(by_key[key])):
             for key, names, features in answers:
                 by_key[key].pending += zip(names, features, strict=True)
@@ -437,6 +460,7 @@ class FeatureCache:
             for source in sources:
                 if len(source.pending) >= PART:
                     self._save(source)
+        self._squares.save()
         for source in sources:
             self._save(source)
 

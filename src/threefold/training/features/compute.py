@@ -20,8 +20,8 @@ from threefold.training.distributed.portable import portable
 from threefold.training.distributed.ranks import RankGroup, Ranks, current_ranks
 from threefold.training.distributed.sharing import share_rows
 from threefold.training.features.engines import BATCH, Engine, compute, make_engine
-from threefold.training.pixel_cache import resize_images
 from threefold.training.provenance import stable_seed
+from threefold.training.squares import SquareForm, Squares
 from threefold.training.steps.augment import Augment
 
 PART: Final = 16 * BATCH
@@ -57,12 +57,14 @@ class FeaturePass:
         backbones: by the hash of all that their features depend on.
         place: row and number of the copy of each image, by name.
         augment: makes the copies.
+        squares: reads the images.
     """
 
     dataset: ImageDataset
     backbones: Mapping[str, Backbone]
     place: Mapping[str, tuple[int, int]]
     augment: Augment
+    squares: Squares
 
     @property
     def names(self) -> list[str]:
@@ -116,38 +118,38 @@ class FeaturePass:
             key: backbone._replace(extractor=portable(backbone.extractor))
             for key, backbone in self.backbones.items()
         }
-        return replace(self, dataset=dataset, place=place, backbones=backbones)
+        return replace(self, dataset=dataset, place=place, backbones=backbones, squares=Squares())
 
     def _answer(
         self, batch: Sequence[str], engine: Callable[[str], Engine], pool: ThreadPoolExecutor
     ) -> Iterator[Answered]:
-        """Decode a batch once, and let every backbone answer what it lacks of it."""
+        """Read a batch once, and let every backbone answer what it lacks of it."""
         rows = sorted({self.place[name][0] for name in batch})
-        images = dict(zip(rows, pool.map(self.dataset.pixels, rows), strict=True))
-        prepared: dict[tuple[int, str], np.ndarray] = {}
-        for key, backbone in self.backbones.items():
-            missing = [i for i, name in enumerate(batch) if name in backbone.missing]
-            if not missing:
-                continue
-            how = (backbone.spec.img_size, backbone.spec.resize)
-            if how not in prepared:
-                prepared[how] = self._pixels(images, batch, backbone.spec, pool)
-            pixels = prepared[how]
+        wanted = {
+            key: [i for i, name in enumerate(batch) if name in backbone.missing]
+            for key, backbone in self.backbones.items()
+        }
+        forms = {key: _form(self.backbones[key].spec) for key, missing in wanted.items() if missing}
+        squares = self.squares.read(self.dataset, rows, set(forms.values()), pool)
+        prepared: dict[SquareForm, np.ndarray] = {}
+        for key, form in forms.items():
+            if form not in prepared:
+                prepared[form] = self._pixels(squares[form], rows, batch)
+            missing, pixels = wanted[key], prepared[form]
             if len(missing) < len(batch):
                 pixels = pixels[missing]
             yield Answered(key, [batch[i] for i in missing], compute(engine(key), pixels))
 
-    def _pixels(
-        self,
-        images: dict[int, np.ndarray],
-        batch: Sequence[str],
-        spec: MemberSpec,
-        pool: ThreadPoolExecutor,
-    ) -> np.ndarray:
-        """Resize the images of a batch and augment copies: float32 (b, 3, s, s) in 0..255."""
-        resized = resize_images([*images.values()], spec.img_size, spec.resize, pool)
-        number = {row: i for i, row in enumerate(images)}
-        pixels = to_float(resized[[number[self.place[name][0]] for name in batch]])
+    def _pixels(self, squares: np.ndarray, rows: Sequence[int], batch: Sequence[str]) -> np.ndarray:
+        """Augment the copies of a batch: float32 (b, 3, s, s) in 0..255.
+
+        Args:
+            squares: uint8 (r, s, s, 3).
+            rows: (r,) the row of each.
+            batch: names of the images, which are these or copies of them.
+        """
+        number = {row: i for i, row in enumerate(rows)}
+        pixels = to_float(squares[[number[self.place[name][0]] for name in batch]])
         copies = [i for i, name in enumerate(batch) if self.place[name][1]]
         if copies:
             generators = [torch.Generator().manual_seed(stable_seed(batch[i])) for i in copies]
@@ -155,6 +157,11 @@ class FeaturePass:
             augmented = self.augment.apply(torch.from_numpy(pixels[copies]), draws)
             pixels[copies] = augmented.numpy()
         return pixels
+
+
+def _form(spec: MemberSpec) -> SquareForm:
+    """How a member has its images."""
+    return SquareForm(spec.img_size, spec.resize)
 
 
 def follow_pass(device: torch.device, work: FeaturePass) -> None:

@@ -1,6 +1,6 @@
 """Features on disk, by backbone and by image, shared between runs.
 
-A store is a folder of parts. A part is a float16 .npy file (n, ...) and, written after it, a .json
+A store is a folder of parts. A part is an .npy file (n, ...) and, written after it, a .json
 with the images of its rows and the SHA-256 of the file. So a killed process leaves whole parts, and
 a damaged part is found and computed again. The stores of all backbones lie in one cache folder with
 a limit; those not used for longest are deleted first.
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from threefold.errors import OutOfMemoryError, RecipeError, RunError
 from threefold.files import delete_leftovers, is_abandoned, sha256, write_bytes
@@ -55,18 +56,23 @@ def cache_limit() -> int:
 
 
 class FeatureStore:
-    """The cached features of one backbone in one form, at one size.
+    """The cached features of one backbone in one form, at one size; or squares of images.
 
     Args:
         folder: the folder of all stores.
         key: name of this one, a hash of everything that its features depend on but the image.
+        dtype: of the arrays.
     """
 
-    def __init__(self, folder: Path, key: str) -> None:
-        self.folder = folder / key
+    def __init__(self, folder: Path, key: str, dtype: DTypeLike = np.float16) -> None:
+        self.folder, self.dtype = folder / key, np.dtype(dtype)
         self._parts: dict[str, np.ndarray | StoredArray] = {}
         self._rows: dict[str, tuple[str, int]] = {}
         self._seen: set[str] = set()
+
+    def __contains__(self, image: str) -> bool:
+        """Whether there are features of an image, as of the last look at the disk."""
+        return image in self._rows
 
     def missing(self, images: Sequence[str]) -> list[str]:
         """Return the images without features, each once, in the order of their first appearance."""
@@ -74,15 +80,15 @@ class FeatureStore:
         return [image for image in dict.fromkeys(images) if image not in self._rows]
 
     def read(self, images: Sequence[str]) -> np.ndarray:
-        """Return the features of some images, float16 (n, ...); none of them may be missing.
+        """Return the features of some images, (n, ...); none of them may be missing.
 
         Raises:
             RunError: they were removed or changed while they are in use.
         """
         if not images:
-            return np.empty((0, *self._shape), np.float16)
+            return np.empty((0, *self._shape), self.dtype)
         places = [self._rows[image] for image in images]
-        features = np.empty((len(images), *self._shape), np.float16)
+        features = np.empty((len(images), *self._shape), self.dtype)
         by_part: dict[str, list[int]] = {}
         for position, (part, _) in enumerate(places):
             by_part.setdefault(part, []).append(position)
@@ -119,7 +125,7 @@ class FeatureStore:
 
         Args:
             images: the images of its rows.
-            features: float16 (n, ...).
+            features: (n, ...).
 
         Raises:
             RunError: the disk is full or the folder cannot be written.

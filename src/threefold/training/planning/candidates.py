@@ -318,9 +318,14 @@ def screen(
     first = count_macs(draft.members[0].backbone, measured.img_size)
     seconds_per_mac = measured.feature_seconds / first
     labels, images = sources.train.truth, sources.num_images
+
+    def affordable_cost() -> float:
+        room = FEATURE_SHARE * clock.left / images - measured.read_seconds
+        return max(0.0, room) / seconds_per_mac
+
     deadline = time.monotonic() + SCREEN_SHARE * clock.left
     rows = spread_over_classes(labels, PROBE_ROWS)
-    entries = job.affordable(candidates, FEATURE_SHARE * clock.left / (images * seconds_per_mac))
+    entries = job.affordable(candidates, affordable_cost())
     possible = (deadline - time.monotonic()) / seconds_per_mac
     if sum(entry.cost for entry in entries) * len(rows) > possible:
         few = rows[spread_over_classes(labels[rows], FIRST_ROWS)]
@@ -330,7 +335,7 @@ def screen(
     screened = job.compare(entries, rows, deadline)
     probs = np.stack([entry.probs for entry in screened])
     costs = [entry.cost for entry in screened]
-    limit = max(min(costs), FEATURE_SHARE * clock.left / (images * seconds_per_mac))
+    limit = max(min(costs), affordable_cost())
     chosen = sorted(choose(probs, labels[rows], costs, limit))
     return Screening(
         chosen=[screened[i].candidate for i in chosen],
@@ -338,7 +343,6 @@ def screen(
             measured,
             costs=[costs[i] / costs[chosen[0]] for i in chosen],
             feature_seconds=costs[chosen[0]] * seconds_per_mac,
-            seconds=images * sum(costs[i] for i in chosen) * seconds_per_mac,
             wanted=len(chosen),
         ),
         screened=screened,

@@ -91,7 +91,7 @@ def look_for_groups(
     found = find_groups(draft.members, sources, cache, clock)
     if found.compared:  # only the features of the test images are still to be computed
         left = 1 - len(train) / sources.num_images
-        measured = replace(measured, seconds=measured.seconds * left)
+        measured = replace(measured, images=measured.images * left)
     return found, measured
 
 

@@ -13,7 +13,8 @@ from threefold.models.member import fixed_size
 from threefold.recipe.recipe import Recipe
 from threefold.recipe.schema import MemberSpec
 from threefold.training.checks import check_sizes
-from threefold.training.features.cache import FeatureCache
+from threefold.training.features.cache import TIMED_PASSES, FeatureCache, ImageSeconds
+from threefold.training.features.engines import BATCH
 from threefold.training.features.probe import predict_fit_seconds
 from threefold.training.planning.basis import (
     EXPORT_SECONDS,
@@ -63,24 +64,31 @@ class ProbePlan:
     Attributes:
         img_size: side of the probes' images.
         costs: of the affordable members relative to the first, the fastest first.
-        feature_seconds: per image, of the first member at that size.
-        seconds: predicted for the features of all these members.
+        feature_seconds: per image, by the first member at that size.
+        images: whose features are still to be computed.
         decision: the size with its reason.
         levels: which features heads read, with the reason; None if that was not compared.
         head_seconds: predicted for one linear head on all training images.
         export_seconds: predicted for the export of one member.
+        read_seconds: to decode and resize an image, once for all members.
         wanted: members that there would be with more time.
     """
 
     img_size: int
     costs: list[float]
     feature_seconds: float
-    seconds: float
+    images: float
     decision: Decision
     levels: Decision | None = None
     head_seconds: float = 0.0
     export_seconds: float = EXPORT_SECONDS
+    read_seconds: float = 0.0
     wanted: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """Predicted for the features of all these members."""
+        return self.images * (self.read_seconds + self.feature_seconds * sum(self.costs))
 
     def probe_seconds(self, folds: int) -> float:
         """Predict the seconds of all features, and of the heads in all folds and the refit.
@@ -123,26 +131,25 @@ def choose_size(
         RecipeError: a member cannot take images of its size, or the budget is too small.
     """
     check_sizes(draft)
-    key, first = "img_size", draft.members[0]
+    first = draft.members[0]
     costs = relative_costs(draft)
     sample = spread_over_classes(sources.train.truth, 32)
     only = fixed_size(first.backbone)
     if any(member.img_size != usual_size(member) for member in draft.members):
-        per_image = cache.seconds_per_image("train", first, sample, summary.images)
-        decision = Decision(key, first.img_size, "named by you")
-        total = summary.images * per_image * sum(costs)
-        return ProbePlan(first.img_size, costs, per_image, total, decision, wanted=len(costs))
+        times = cache.seconds_per_image("train", first, sample, summary.images)
+        return _at_named_size(first.img_size, costs, times, summary.images)
     sizes = (only,) if only else _candidate_sizes(summary.side, quality)
     usual = only or max(size for size in sizes if size <= (128 if summary.side <= 64 else 224))
     at_usual = first.model_copy(update={"img_size": usual})
     began = time.monotonic()
-    per_pixel = cache.seconds_per_image("train", at_usual, sample, summary.images) / usual**2
+    times = cache.seconds_per_image("train", at_usual, sample, summary.images)
+    per_pixel = times.answer / usual**2
     # To build a network, to trace it and to check its answers takes as long each time.
-    per_network = time.monotonic() - began
+    per_network = time.monotonic() - began - (TIMED_PASSES + 1) * BATCH * times.read
     export_seconds = max(EXPORT_SECONDS, per_network)
 
     def seconds(size: int) -> float:
-        return summary.images * per_pixel * size**2 * sum(costs)
+        return summary.images * (times.read + per_pixel * size**2 * sum(costs))
 
     left, wanted = clock.left, len(costs)
     # Fewer members rather than much smaller images, which cost more accuracy.
@@ -159,36 +166,63 @@ def choose_size(
     if only:
         reason = f"{first.backbone} is built for images of this size"
     close = affordable[-4:] if quality == "best" else affordable[-3:]
-    per_row = per_pixel * sum(size**2 for size in close)
+    per_row = times.read + per_pixel * sum(size**2 for size in close)
     rows = min(PROBE_ROWS, summary.n)
     if left < math.inf:
         rows = min(rows, int((PROBE_SHARE * left - per_network * len(close)) / per_row))
     if rows >= min(LEAST_PROBE_ROWS, summary.n) and len(close) > 1:
-        probed = spread_over_classes(sources.train.truth, rows)
-        results = [
-            probe_size(cache, first.model_copy(update={"img_size": size}), probed, sources)
-            for size in close
-        ]
+        results, figures = _compare_sizes(first, close, rows, sources, cache)
         best = _choose_probe(results, choice)
         choice = best.img_size
         levels = _compare_levels(first, best)
-        figures = ", ".join(f"{r.loss:.3f} at {r.img_size} px ({r.quality})" for r in results)
-        scores = "mean average precision" if summary.is_multilabel else "accuracy"
-        reason += f"; log loss and {scores} of a probe on {len(probed)} images, out of fold: "
-        reason += figures
+        reason += f"; {figures}"
     reason += f"; about {seconds(choice):.0f} s for the features of all members"
-    decision = Decision(key, choice, reason)
-    at_choice = per_pixel * choice**2
+    decision = Decision("img_size", choice, reason)
     return ProbePlan(
         choice,
         costs,
-        at_choice,
-        seconds(choice),
+        per_pixel * choice**2,
+        summary.images,
         decision,
         levels,
         export_seconds=export_seconds,
+        read_seconds=times.read,
         wanted=wanted,
     )
+
+
+def _at_named_size(
+    img_size: int, costs: list[float], times: ImageSeconds, images: int
+) -> ProbePlan:
+    """Return the plan of the probes at the size that the user has named."""
+    decision = Decision("img_size", img_size, "named by you")
+    wanted = len(costs)
+    return ProbePlan(
+        img_size, costs, times.answer, images, decision, read_seconds=times.read, wanted=wanted
+    )
+
+
+def _compare_sizes(
+    member: MemberSpec, sizes: Sequence[int], rows: int, sources: Sources, cache: FeatureCache
+) -> tuple[list[SizeProbe], str]:
+    """Cross-validate a probe at each size; returns what came out, and the same in words.
+
+    Args:
+        member: the one that is probed.
+        sizes: in pixels.
+        rows: number of training images.
+        sources: the images.
+        cache: of features.
+    """
+    probed = spread_over_classes(sources.train.truth, rows)
+    at_sizes = [member.model_copy(update={"img_size": size}) for size in sizes]
+    # All sizes in one pass, which decodes each image once.
+    cache.prepare("train", at_sizes, probed, expected=len(sources.train))
+    results = [probe_size(cache, at_size, probed, sources) for at_size in at_sizes]
+    figures = ", ".join(f"{r.loss:.3f} at {r.img_size} px ({r.quality})" for r in results)
+    scores = "mean average precision" if sources.train.is_multilabel else "accuracy"
+    count = len(probed)
+    return results, f"log loss and {scores} of a probe on {count} images, out of fold: {figures}"
 
 
 def with_head_seconds(
@@ -217,9 +251,7 @@ def drop_late_members(measured: ProbePlan, clock: Clock) -> ProbePlan:
         finishing = finishing_seconds(members, measured.export_seconds)
         if fitting.probe_seconds(LEAST_FOLDS) + finishing <= clock.left:
             break
-        costs = fitting.costs[:-1]
-        seconds = fitting.seconds * sum(costs) / sum(fitting.costs)
-        fitting = replace(fitting, costs=costs, seconds=seconds)
+        fitting = replace(fitting, costs=fitting.costs[:-1])
     return fitting
 
 

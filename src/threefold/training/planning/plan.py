@@ -246,7 +246,7 @@ def _summarize(sources: Sources) -> DataSummary:
     else:
         counts = np.bincount(train.labels, minlength=len(train.classes))
     rows = np.linspace(0, len(train) - 1, min(32, len(train))).astype(int)
-    sides = [min(train.pixels(int(row)).shape[:2]) for row in rows]
+    sides = [min(train.size_of(int(row))) for row in rows]
     return DataSummary(
         n=len(train),
         images=sources.num_images,

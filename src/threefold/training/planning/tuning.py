@@ -26,6 +26,7 @@ from threefold.training.planning.basis import (
 )
 from threefold.training.planning.image_size import ProbePlan
 from threefold.training.planning.measure import Speed, measure_speed
+from threefold.training.squares import LARGE
 
 KEY = "stages.tune1, tune2"
 """Key of a decision about tuning."""
@@ -192,10 +193,13 @@ def _measure_tuning(
     first, k = draft.members[0], len(summary.classes)
     first = first.model_copy(update={"head": HeadSpec(sequence=first.head.sequence)})
     last, deeper = _frozen(device)
-    # The first blocks take about two thirds of the time of all.
-    blocks = Speed(0.0, 0.67 * measured.feature_seconds / measured.img_size**2)
+    # The first blocks and the augmentation take about three quarters of the time of all blocks.
+    # Squares of large images are remembered, others are made in each epoch.
+    is_large = summary.side**2 >= LARGE * measured.img_size**2
+    reading = 0.0 if is_large else measured.read_seconds
+    blocks = Speed(reading, 0.75 * measured.feature_seconds / measured.img_size**2)
     if _has_fixed_size(first):
-        blocks = Speed(0.67 * measured.feature_seconds, 0.0)
+        blocks = Speed(reading + 0.75 * measured.feature_seconds, 0.0)
     return TuningSpeeds(
         blocks,
         measure_speed(first, k, device, last, cached=_can_cache(first, device)),
@@ -266,9 +270,9 @@ def _refit_seconds(tuning: Tuning, n: int, measured: ProbePlan) -> float:
     size = tuning_size(tuning, measured.img_size)
     if size == measured.img_size:
         return 0.0
-    features = n * measured.feature_seconds * (size / measured.img_size) ** 2
-    heads = tuning.folds * measured.head_seconds
-    return features * sum(measured.costs[: tuning.members]) + heads * tuning.members
+    answer = measured.feature_seconds * (size / measured.img_size) ** 2
+    features = n * (measured.read_seconds + answer * sum(measured.costs[: tuning.members]))
+    return features + tuning.folds * measured.head_seconds * tuning.members
 
 
 def select_share(n: int) -> float:

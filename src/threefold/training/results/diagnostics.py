@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Final, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 
 from threefold.data.dataset import ImageDataset
 from threefold.data.leakage import (
@@ -37,6 +37,7 @@ from threefold.evaluation.label_errors import (
 )
 from threefold.evaluation.multilabel import MultilabelEvaluation
 from threefold.json_files import json_bytes, read_json
+from threefold.machine import decoding_threads
 from threefold.models.gradcam import NoMap, ensemble_cam
 from threefold.models.pipeline import to_pixels
 from threefold.predictions.predictions import Predictions
@@ -48,6 +49,7 @@ from threefold.stats.scores import confusions
 from threefold.training.pixel_cache import PixelCache
 from threefold.training.results.out_of_fold import roles_by_fold
 from threefold.training.run import Run
+from threefold.training.squares import SquareForm, resize_images
 from threefold.training.steps.augment import Augment
 from threefold.training.truth import row_losses
 
@@ -216,10 +218,10 @@ def make_thumbnails(
     shown = [suspect.id for suspect in suspects[:MAX_SUSPECTS] if suspect.id in row_of]
     return {
         "ids": _names([rows.ids[row] for row in mistakes]),
-        "images": _small(_dataset(run, rows.kind), mistakes),
+        "images": _small(run, _dataset(run, rows.kind), mistakes),
         "cams": _cams(run, evaluation, mistakes),
         "suspect_ids": _names(shown),
-        "suspect_images": _small(run.sources.train, [row_of[name] for name in shown]),
+        "suspect_images": _small(run, run.sources.train, [row_of[name] for name in shown]),
         **_confused_pairs(run, evaluation, worst),
     }
 
@@ -240,7 +242,7 @@ def make_label_thumbnails(run: Run, evaluation: MultilabelEvaluation) -> dict[st
     worst = wrong[np.argsort(-losses, kind="stable")][:MAX_MISTAKES]
     return {
         "ids": _names([rows.ids[row] for row in worst]),
-        "images": _small(_dataset(run, rows.kind), worst),
+        "images": _small(run, _dataset(run, rows.kind), worst),
     }
 
 
@@ -255,7 +257,7 @@ def _confused_pairs(run: Run, evaluation: Evaluation, worst: np.ndarray) -> dict
     index = np.array(rows, int)
     return {
         "pair_ids": _names([evaluation.rows.ids[row] for row in index]),
-        "pair_images": _small(_dataset(run, evaluation.rows.kind), index),
+        "pair_images": _small(run, _dataset(run, evaluation.rows.kind), index),
         "pair_true": labels[index],
         "pair_answer": answers[index],
     }
@@ -274,7 +276,7 @@ def _cams(run: Run, evaluation: Evaluation, rows: np.ndarray) -> np.ndarray:
     answers = evaluation.probs.argmax(1)
     for fold in np.unique(folds[rows]):
         mine = np.flatnonzero(folds[rows] == fold)
-        images = _small(_dataset(run, evaluation.rows.kind), rows[mine])
+        images = _small(run, _dataset(run, evaluation.rows.kind), rows[mine])
         specs = _combined_members(run, evaluation, int(fold))
         classes = len(evaluation.rows.classes)
         networks = [run.load_member(spec, int(fold), classes) for spec in specs]
@@ -308,13 +310,13 @@ def _dataset(run: Run, kind: str) -> ImageDataset:
     return run.sources.test
 
 
-def _small(dataset: ImageDataset, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+def _small(run: Run, dataset: ImageDataset, rows: Sequence[int] | np.ndarray) -> np.ndarray:
     """Thumbnails uint8 (r, 96, 96, 3) of some images."""
-    pictures = np.zeros((len(rows), SIDE, SIDE, 3), np.uint8)
-    for i, row in enumerate(rows):
-        image = Image.fromarray(dataset.pixels(int(row)))
-        pictures[i] = np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BILINEAR))
-    return pictures
+    # Of large photographs there are squares that a network has read.
+    form = SquareForm(max(SIDE, run.recipe.members[0].img_size), "squash")
+    with ThreadPoolExecutor(decoding_threads()) as pool:
+        squares = run.squares.read(dataset, [int(row) for row in rows], [form], pool)[form]
+    return resize_images(list(squares), SIDE, "squash")
 
 
 def _names(names: Sequence[str]) -> np.ndarray:

@@ -1,0 +1,219 @@
+"""Images as squares of a network's size; those of large photographs are remembered on disk.
+
+To decode a photograph of twelve megapixels takes longer than several small networks take to answer
+it. A plan, the features of a run, every epoch on cached activations and the search for copies read
+the same squares, so each photograph is decoded once for each time that new sizes are asked for.
+Squares are found by the content of the image. They lie beside the features (`features.store`),
+within the same limit, of which they take at most half.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from concurrent.futures import Executor
+from contextlib import AbstractContextManager
+from functools import cache
+from pathlib import Path
+from typing import Final, Literal, NamedTuple
+
+import numpy as np
+import torch
+from threadpoolctl import ThreadpoolController
+
+from threefold.data.dataset import ImageDataset
+from threefold.data.resize import can_resize, resize_pixels
+from threefold.errors import RunError
+from threefold.machine import folder_size, free_disk
+from threefold.models.resize import resize_square
+from threefold.training.features.store import FeatureStore, cache_limit
+
+VERSION: Final = 1
+"""Version of decoding and resize; another one makes stored squares unknown."""
+
+LARGE: Final = 2
+"""An image is large if it has so many times the pixels of its square."""
+
+PART: Final = 64
+"""Squares in a part of a store: what a killed process loses at most."""
+
+
+class SquareForm(NamedTuple):
+    """How an image becomes a square."""
+
+    side: int
+    """Of the square, in pixels."""
+    resize: Literal["squash", "crop"]
+    """See `models.resize.resize_square`."""
+
+
+class Squares:
+    """Squares of images: read from the stores, or decoded and resized.
+
+    Args:
+        folder: of the stores; None = nothing is stored.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+        self._stores: dict[SquareForm, _Store] = {}
+
+    def read(
+        self,
+        dataset: ImageDataset,
+        rows: Sequence[int],
+        forms: Collection[SquareForm],
+        pool: Executor | None = None,
+    ) -> dict[SquareForm, np.ndarray]:
+        """Return some images in one or more forms; each is decoded at most once.
+
+        Args:
+            dataset: the images.
+            rows: (n,) row numbers.
+            forms: what is wanted of each.
+            pool: threads to share the images among; None = one after the other.
+
+        Returns:
+            uint8 (n, side, side, 3) for each form.
+
+        Raises:
+            DataError: an image can no longer be read, or was changed.
+        """
+        squares = {form: np.empty((len(rows), form.side, form.side, 3), np.uint8) for form in forms}
+        stores, names = {}, list[str]()
+        if self.folder is not None and not isinstance(dataset.images, np.ndarray):
+            stores = {form: self._store(form, len(dataset)) for form in forms}
+            names = [dataset.content_hash(row)[:32] for row in rows]
+        lacking: dict[int, list[SquareForm]] = {}
+        for form in forms:
+            found = stores[form].fill(names, squares[form]) if stores else set()
+            for number in range(len(rows)):
+                if number not in found:
+                    lacking.setdefault(number, []).append(form)
+
+        def make(number: int) -> bool:
+            pixels = dataset.pixels(rows[number])
+            for form in lacking[number]:
+                squares[form][number] = resize_image(pixels, *form)
+            height, width = pixels.shape[:2]
+            return bool(height * width >= LARGE * max(form.side**2 for form in lacking[number]))
+
+        with one_thread_of_blas():
+            are_large = list((pool.map if pool else map)(make, lacking))
+        if stores:
+            for number, is_large in zip(lacking, are_large, strict=True):
+                for form in lacking[number] if is_large else ():
+                    stores[form].add(names[number], squares[form][number])
+        return squares
+
+    def save(self) -> None:
+        """Write what is still in memory alone."""
+        for store in self._stores.values():
+            store.save()
+
+    def _store(self, form: SquareForm, count: int) -> _Store:
+        if form not in self._stores:
+            assert self.folder is not None
+            self._stores[form] = _Store(self.folder, form, count)
+        return self._stores[form]
+
+
+class _Store:
+    """Stored squares of one form.
+
+    Args:
+        folder: of all stores.
+        form: of the squares.
+        count: of the images in the data set.
+    """
+
+    def __init__(self, folder: Path, form: SquareForm, count: int) -> None:
+        key = f"squares-{VERSION}-{form.resize}-{form.side}"
+        self.folder, self.store = folder, FeatureStore(folder, key, np.uint8)
+        self.store.missing(())
+        self.store.touch()
+        self.bytes = 3 * form.side**2 * count
+        self._fits: bool | None = None
+        self._names: list[str] = []
+        self._squares: list[np.ndarray] = []
+
+    def fill(self, names: Sequence[str], squares: np.ndarray) -> set[int]:
+        """Read the squares that are stored into an array (n, s, s, 3); returns their positions."""
+        found = [i for i, name in enumerate(names) if name in self.store]
+        if not found:
+            return set()
+        try:
+            squares[found] = self.store.read([names[i] for i in found])
+        except RunError:  # another process has deleted them, to make room
+            return set()
+        return set(found)
+
+    def add(self, name: str, square: np.ndarray) -> None:
+        """Remember a square, if the disk and the limit of the cache have room for all of them."""
+        if self._fits is None:
+            used = folder_size(self.folder)
+            fits_limit = used + self.bytes <= cache_limit() // 2
+            self._fits = fits_limit and self.bytes <= free_disk(self.folder)
+        if not self._fits:
+            return
+        self._names.append(name)
+        self._squares.append(square.copy())
+        if len(self._names) >= PART:
+            self.save()
+
+    def save(self) -> None:
+        """Write what is still in memory alone; what cannot be written is decoded again."""
+        if self._names:
+            try:
+                self.store.write(self._names, np.stack(self._squares))
+            except RunError:
+                self._fits = False
+        self._names, self._squares = [], []
+
+
+def one_thread_of_blas() -> AbstractContextManager[object]:
+    """Keep numpy's products to one thread: more of them would wait for those that share images."""
+    limit: AbstractContextManager[object] = _thread_pools().limit(limits=1, user_api="blas")
+    return limit
+
+
+@cache
+def _thread_pools() -> ThreadpoolController:
+    """Return the thread pools of numpy's libraries; to find them takes 3 ms, as ten images do."""
+    return ThreadpoolController()
+
+
+def resize_images(
+    images: Sequence[np.ndarray],
+    side: int,
+    resize: Literal["squash", "crop"],
+    pool: Executor | None = None,
+) -> np.ndarray:
+    """Resize images of any sizes, each to the same pixels as `resize_square` does.
+
+    Args:
+        images: uint8 (h, w, 3).
+        side: of the result in pixels.
+        resize: see `resize_square`.
+        pool: threads to share the images among; None = one after the other.
+
+    Returns:
+        uint8 (n, side, side, 3).
+    """
+    squares = np.empty((len(images), side, side, 3), np.uint8)
+
+    def fill(number: int) -> None:
+        squares[number] = resize_image(images[number], side, resize)
+
+    with one_thread_of_blas():
+        for _ in (pool.map if pool else map)(fill, range(len(images))):
+            pass
+    return squares
+
+
+def resize_image(image: np.ndarray, side: int, resize: Literal["squash", "crop"]) -> np.ndarray:
+    """Resize an image uint8 (h, w, 3) to uint8 (side, side, 3)."""
+    if can_resize(image.shape, side, resize):
+        return resize_pixels(image, side, resize)
+    batch = torch.from_numpy(image[None].copy())
+    square: np.ndarray = resize_square(batch, side, resize)[0].permute(1, 2, 0).byte().numpy()
+    return square
