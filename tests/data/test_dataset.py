@@ -421,3 +421,18 @@ def test_data_sets_import_no_torch() -> None:
     process = subprocess.run([sys.executable, "-c", code], env=environment, check=False)
 
     assert process.returncode == 0
+
+
+def test_the_size_of_an_image_is_known_without_decoding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_folder(tmp_path, "cat/a.png", "cat/b.png", "dog/a.png", "dog/b.png")
+    files = load_data(folder(tmp_path), 0).train
+    arrays = ImageDataset(np.zeros((2, 5, 6), np.uint8), np.array([0, 1]), ("x", "y"), ("a", "b"))
+    monkeypatch.setattr(ImageDataset, "pixels", None)
+
+    assert sorted(files.size_of(1)) == [3, 4]
+    assert arrays.size_of(0) == (5, 6)
+    (tmp_path / "cat/b.png").unlink()
+    with pytest.raises(DataError, match="cannot read the file"):
+        files.size_of(1)

@@ -20,6 +20,7 @@ from threefold.ensembles.averaging import MeanEnsemble
 from threefold.ensembles.registry import ENSEMBLES
 from threefold.errors import DataError, ExportError
 from threefold.evaluation.evaluate import evaluate
+from threefold.exporting import export as export_module
 from threefold.exporting import targets
 from threefold.exporting.export import chosen_ensemble, export
 from threefold.models.pipeline import Combiner, MemberPipeline, Pipeline, Predictor
@@ -226,3 +227,30 @@ def test_evaluation_on_arrays_matches_results_json(finished: Run) -> None:
 
     assert [score.model_dump(exclude=costs) for score in evaluation.scores] == stored
     assert evaluation.chosen == finished.results.chosen
+
+
+def test_most_large_photographs_of_the_gate_are_made_smaller(
+    finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four are compared as they are; small images all are."""
+    monkeypatch.setattr(export_module, "LARGE_PIXELS", 500)
+    compared: list[tuple[int, ...]] = []
+    original = targets.export
+
+    def record(pipeline: Pipeline, path: Path, images: Any, *args: Any, **options: Any) -> Any:
+        compared.extend(image.shape for image in images)
+        return original(pipeline, path, images, *args, **options)
+
+    monkeypatch.setattr(targets, "export", record)
+    test = finished.sources.test
+    assert test is not None
+    whole = [test.pixels(row).shape for row in export_module.spread_rows(test, 32)]
+
+    report = export(finished, tmp_path / "model.onnx")
+
+    assert report.images == len(whole)
+    assert compared[:4] == whole[:4]
+    for shape, size in zip(compared[4:], whole[4:], strict=True):
+        is_large = size[0] * size[1] > 500
+        assert (shape[0] * shape[1] <= 500) if is_large else (shape == size)
+    assert any(shape != size for shape, size in zip(compared, whole, strict=True))

@@ -133,19 +133,21 @@ class _Store:
         self.store.touch()
         self.bytes = 3 * form.side**2 * count
         self._fits: bool | None = None
-        self._names: list[str] = []
-        self._squares: list[np.ndarray] = []
+        self._unsaved: dict[str, np.ndarray] = {}
 
     def fill(self, names: Sequence[str], squares: np.ndarray) -> set[int]:
-        """Read the squares that are stored into an array (n, s, s, 3); returns their positions."""
-        found = [i for i, name in enumerate(names) if name in self.store]
-        if not found:
-            return set()
+        """Read the squares that are known into an array (n, s, s, 3); returns their positions."""
+        unsaved = [i for i, name in enumerate(names) if name in self._unsaved]
+        for i in unsaved:
+            squares[i] = self._unsaved[names[i]]
+        stored = [i for i, name in enumerate(names) if name in self.store]
+        if not stored:
+            return set(unsaved)
         try:
-            squares[found] = self.store.read([names[i] for i in found])
+            squares[stored] = self.store.read([names[i] for i in stored])
         except RunError:  # another process has deleted them, to make room
-            return set()
-        return set(found)
+            return set(unsaved)
+        return {*unsaved, *stored}
 
     def add(self, name: str, square: np.ndarray) -> None:
         """Remember a square, if the disk and the limit of the cache have room for all of them."""
@@ -155,19 +157,18 @@ class _Store:
             self._fits = fits_limit and self.bytes <= free_disk(self.folder)
         if not self._fits:
             return
-        self._names.append(name)
-        self._squares.append(square.copy())
-        if len(self._names) >= PART:
+        self._unsaved[name] = square.copy()
+        if len(self._unsaved) >= PART:
             self.save()
 
     def save(self) -> None:
         """Write what is still in memory alone; what cannot be written is decoded again."""
-        if self._names:
+        if self._unsaved:
             try:
-                self.store.write(self._names, np.stack(self._squares))
+                self.store.write([*self._unsaved], np.stack([*self._unsaved.values()]))
             except RunError:
                 self._fits = False
-        self._names, self._squares = [], []
+        self._unsaved = {}
 
 
 def one_thread_of_blas() -> AbstractContextManager[object]:
