@@ -25,6 +25,9 @@ from threefold.tasks import Task
 BATCH: Final = 16
 """Largest number of images of one size that `Pipeline.predict_proba` puts into a batch."""
 
+BATCH_PIXELS: Final = 4_000_000
+"""Largest number of their pixels together, above which each is alone: as floats they take 48 MB."""
+
 
 class ImageRows(Protocol):
     """Images of one size, uint8 (n, s, s, 3): an array, or a file whose rows are read on demand."""
@@ -243,8 +246,10 @@ class Pipeline(nn.Module):
         probs = []
         for _, group in itertools.groupby(images, key=np.shape):
             same_size = list(group)
-            for begin in range(0, len(same_size), BATCH):
-                batch = np.stack(same_size[begin : begin + BATCH])
+            height, width = same_size[0].shape[:2]
+            size = max(1, min(BATCH, BATCH_PIXELS // (height * width)))
+            for begin in range(0, len(same_size), size):
+                batch = np.stack(same_size[begin : begin + size])
                 probs.append(self(torch.from_numpy(batch))[0].numpy())
         return np.concatenate(probs)
 
