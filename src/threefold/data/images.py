@@ -44,7 +44,7 @@ from threefold.extras import install_command
 MAX_PIXELS = 89_478_485
 """Largest width x height to decode (a quarter of a GiB as RGB), against decompression bombs."""
 
-BAND_PIXELS = 1_000_000
+BAND_PIXELS = 250_000
 """Pixels of a large image that are converted at the same time."""
 
 IMAGE_SUFFIXES = {
