@@ -19,6 +19,7 @@ from threefold.models.views import Views
 from threefold.recipe.recipe import Recipe
 from threefold.recipe.schema import MemberSpec, ViewSpec
 from threefold.training.features.cache import FeatureCache
+from threefold.training.features.store import FeatureStore
 from threefold.training.pixel_cache import PixelCache
 from threefold.training.squares import SquareForm, Squares, resize_image
 
@@ -146,6 +147,21 @@ def test_nothing_is_stored_beyond_half_of_the_limit(
     assert np.array_equal(found[SMALL], expected(dataset, SMALL))
 
 
+def test_features_that_were_not_used_for_longest_give_way(
+    tmp_path: Path, dataset: ImageDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("THREEFOLD_CACHE_GB", "0.00002")
+    old = FeatureStore(tmp_path / "store", "old")
+    old.write(["image"], np.zeros((1, 9_000), np.float16))
+    squares = Squares(tmp_path / "store")
+
+    squares.read(dataset, range(4), [SMALL])
+    squares.save()
+
+    assert not old.folder.exists()
+    assert len(list((tmp_path / "store").rglob("*.npy"))) == 1
+
+
 def test_what_is_deleted_or_damaged_is_decoded_again(tmp_path: Path, dataset: ImageDataset) -> None:
     folder = tmp_path / "store"
     squares = Squares(folder)
@@ -199,7 +215,7 @@ def test_the_image_cache_of_a_run_reads_them(
 def test_a_disk_that_is_full_is_no_error(
     tmp_path: Path, dataset: ImageDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("threefold.training.squares.free_disk", lambda folder: 100)
+    monkeypatch.setattr("threefold.training.features.store.free_disk", lambda folder: 100)
     squares = Squares(tmp_path / "store")
 
     found = squares.read(dataset, range(4), [SMALL])

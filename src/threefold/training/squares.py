@@ -4,7 +4,7 @@ To decode a photograph of twelve megapixels takes longer than several small netw
 it. A plan, the features of a run, every epoch on cached activations and the search for copies read
 the same squares, so each photograph is decoded once for each time that new sizes are asked for.
 Squares are found by the content of the image. They lie beside the features (`features.store`),
-within the same limit, of which they take at most half.
+within the same limit; those of one size take at most half of it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ from threadpoolctl import ThreadpoolController
 from threefold.data.dataset import ImageDataset
 from threefold.data.resize import can_resize, resize_pixels
 from threefold.errors import RunError
-from threefold.machine import folder_size, free_disk
 from threefold.models.resize import resize_square
-from threefold.training.features.store import FeatureStore, cache_limit
+from threefold.training.features.store import FeatureStore, cache_limit, make_room
 
 VERSION: Final = 1
 """Version of decoding and resize; another one makes stored squares unknown."""
@@ -100,9 +99,10 @@ class Squares:
         with one_thread_of_blas():
             are_large = list((pool.map if pool else map)(make, lacking))
         if stores:
+            in_use = [store.key for store in self._stores.values()]
             for number, is_large in zip(lacking, are_large, strict=True):
                 for form in lacking[number] if is_large else ():
-                    stores[form].add(names[number], squares[form][number])
+                    stores[form].add(names[number], squares[form][number], in_use)
         return squares
 
     def save(self) -> None:
@@ -127,8 +127,8 @@ class _Store:
     """
 
     def __init__(self, folder: Path, form: SquareForm, count: int) -> None:
-        key = f"squares-{VERSION}-{form.resize}-{form.side}"
-        self.folder, self.store = folder, FeatureStore(folder, key, np.uint8)
+        self.key = f"squares-{VERSION}-{form.resize}-{form.side}"
+        self.folder, self.store = folder, FeatureStore(folder, self.key, np.uint8)
         self.store.missing(())
         self.store.touch()
         self.bytes = 3 * form.side**2 * count
@@ -149,12 +149,18 @@ class _Store:
             return set(unsaved)
         return {*unsaved, *stored}
 
-    def add(self, name: str, square: np.ndarray) -> None:
-        """Remember a square, if the disk and the limit of the cache have room for all of them."""
+    def add(self, name: str, square: np.ndarray, in_use: Sequence[str]) -> None:
+        """Remember a square, if the disk and half of the cache's limit have room for all of them.
+
+        Args:
+            name: of the image.
+            square: uint8 (s, s, 3).
+            in_use: keys of the stores that must stay.
+        """
         if self._fits is None:
-            used = folder_size(self.folder)
-            fits_limit = used + self.bytes <= cache_limit() // 2
-            self._fits = fits_limit and self.bytes <= free_disk(self.folder)
+            limit = cache_limit()
+            fits_limit = self.bytes <= limit // 2
+            self._fits = fits_limit and make_room(self.folder, self.bytes, limit, in_use)
         if not self._fits:
             return
         self._unsaved[name] = square.copy()
