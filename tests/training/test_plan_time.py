@@ -18,7 +18,11 @@ from threefold.training.planning.image_size import ProbePlan, drop_late_members
 
 
 def measure_size(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: float, per_image: float
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    left: float,
+    per_image: float,
+    reading: float = 0.0,
 ) -> image_size.ProbePlan:
     """Choose the size for three networks and 12 images of 40 pixels, without comparing sizes.
 
@@ -27,6 +31,7 @@ def measure_size(
         monkeypatch: leaves the comparison out.
         left: seconds of a budget of 60.
         per_image: seconds for the features of an image at the usual size, 128 px.
+        reading: seconds to read an image.
     """
     root = make_folder(tmp_path)
     networks = [
@@ -40,7 +45,7 @@ def measure_size(
         }
     )
     monkeypatch.setattr(image_size, "PROBE_SHARE", 0.0)
-    cache = Mock(seconds_per_image=Mock(return_value=ImageSeconds(0.0, per_image)))
+    cache = Mock(seconds_per_image=Mock(return_value=ImageSeconds(reading, per_image)))
     clock = Clock(60, time.monotonic() + left)
     summary = DataSummary(12, 12, ("cat", "dog"), 6, 6, side=40)
     sources = load_data(draft.data, draft.seed)
@@ -74,6 +79,16 @@ def test_members_are_dropped_before_images_are_much_smaller(
     measured = measure_size(tmp_path, monkeypatch, 50.0, per_image)
 
     assert (len(measured.costs), measured.img_size) == (members, size)
+
+
+def test_large_photographs_are_read_once_for_all_members(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading twelve of them takes most of the minute; what is left is enough for all members."""
+    measured = measure_size(tmp_path, monkeypatch, 58.0, per_image=0.2, reading=3.0)
+
+    assert (len(measured.costs), measured.img_size) == (3, 96)
+    assert measured.seconds == pytest.approx(36 + 12 * 0.2 * (96 / 128) ** 2 * 3)
 
 
 @pytest.mark.parametrize(("left", "members"), [(70.0, 3), (50.0, 2), (30.0, 1), (1.0, 1)])

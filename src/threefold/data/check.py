@@ -22,6 +22,7 @@ from threefold.data.detect_source import (
     names_shards,
     spec_of_table,
 )
+from threefold.data.images import map_in_threads
 from threefold.data.leakage import (
     NEAR,
     NEAR_COPIES,
@@ -36,6 +37,7 @@ from threefold.data.published import FILE_PATTERNS
 from threefold.data.quality import FAULTS, QualityFinding, QualityMeter
 from threefold.errors import DataError, RecipeError, refuse_address, shorten
 from threefold.files import real_path
+from threefold.machine import decoding_threads
 from threefold.names import count_of
 from threefold.recipe.recipe import Recipe
 from threefold.recipe.schema import DataSpec
@@ -260,8 +262,15 @@ def examine_images(sources: Sources) -> ExaminedImages:
         note = f"near copies are not searched for among more than {NEAR_COPIES:,} images"
         distance = 0.0
     meter = QualityMeter()
+
+    def read(number: int) -> NDArray[np.uint8]:
+        _, data, row = rows[number]
+        return data.pixels(row)
+
+    # One image ahead for each thread: a large photograph takes 36 MB.
+    images = map_in_threads(read, len(rows), decoding_threads(), size=1, ahead=1)
     duplicates = find_duplicates(
-        meter.watch(data.pixels(row) for _, data, row in rows),
+        meter.watch(images),
         ids,
         _label_codes([data.label_names(row) for _, data, row in rows]),
         np.array([name for name, _, _ in rows]),

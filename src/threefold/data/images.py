@@ -233,16 +233,27 @@ def check_all(
     return [bad for bad in checked if bad is not None]
 
 
-def map_in_threads(function: Callable[[int], T], count: int, workers: int) -> Iterator[T]:
-    """Yield function(0), ..., function(count - 1) in order, from threads a little ahead."""
+def map_in_threads(
+    function: Callable[[int], T], count: int, workers: int, *, size: int = 0, ahead: int = 4
+) -> Iterator[T]:
+    """Yield function(0), ..., function(count - 1) in order, from threads a little ahead.
+
+    Args:
+        function: of a number.
+        count: of the numbers.
+        workers: threads.
+        size: numbers that a thread takes at a time; 0 = `TASK`.
+        ahead: how often each thread may have taken some before the first are asked for.
+    """
+    size = size or TASK
 
     def run(begin: int) -> list[T]:
-        return [function(row) for row in range(begin, min(begin + TASK, count))]
+        return [function(row) for row in range(begin, min(begin + size, count))]
 
-    begins = iter(range(0, count, TASK))
+    begins = iter(range(0, count, size))
     with ThreadPoolExecutor(workers) as pool:
         # Not pool.map, which would make an object for each of a million images at once.
-        running = deque(pool.submit(run, begin) for begin in islice(begins, 4 * workers))
+        running = deque(pool.submit(run, begin) for begin in islice(begins, ahead * workers))
         try:
             while running:
                 results = running.popleft().result()

@@ -320,8 +320,8 @@ def screen(
     labels, images = sources.train.truth, sources.num_images
 
     def affordable_cost() -> float:
-        room = FEATURE_SHARE * clock.left / images - measured.read_seconds
-        return max(0.0, room) / seconds_per_mac
+        left = max(0.0, clock.left - images * measured.read_seconds)
+        return FEATURE_SHARE * left / (images * seconds_per_mac)
 
     deadline = time.monotonic() + SCREEN_SHARE * clock.left
     rows = spread_over_classes(labels, PROBE_ROWS)

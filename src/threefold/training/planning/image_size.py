@@ -42,10 +42,10 @@ SIZES = (96, 128, 160, 224, 288, 384)
 """Image sizes for larger images, up to their own size and at least 224."""
 
 FEATURE_SHARE = 0.4
-"""Largest share of the time for the features of all members."""
+"""Largest share of the time that reading the images leaves for the features of all members."""
 
 PROBE_SHARE = 0.2
-"""Largest share of the time for comparing image sizes."""
+"""Largest share of the same time for comparing image sizes."""
 
 GRACE = 1.5
 """Largest multiple of the budget that the least possible work may take."""
@@ -145,13 +145,16 @@ def choose_size(
     times = cache.seconds_per_image("train", at_usual, sample, summary.images)
     per_pixel = times.answer / usual**2
     # To build a network, to trace it and to check its answers takes as long each time.
-    per_network = time.monotonic() - began - (TIMED_PASSES + 1) * BATCH * times.read
+    spent = time.monotonic() - began
+    per_network = max(0.0, spent - (TIMED_PASSES + 1) * BATCH * times.read)
     export_seconds = max(EXPORT_SECONDS, per_network)
 
     def seconds(size: int) -> float:
-        return summary.images * (times.read + per_pixel * size**2 * sum(costs))
+        return summary.images * per_pixel * size**2 * sum(costs)
 
-    left, wanted = clock.left, len(costs)
+    # Every image is read, whatever is chosen: only the rest of the time can be shared out.
+    reading = summary.images * times.read
+    left, wanted = max(0.0, clock.left - reading), len(costs)
     # Fewer members rather than much smaller images, which cost more accuracy.
     least = min(size for size in sizes if size >= LEAST_SHARE * usual)
     while len(costs) > 1 and seconds(least) > _feature_room(left, len(costs), export_seconds):
@@ -159,14 +162,14 @@ def choose_size(
     room = _feature_room(left, len(costs), export_seconds)
     affordable = [size for size in sizes if seconds(size) <= room] or [sizes[0]]
     if clock.budget:
-        _check_budget(clock, seconds(affordable[0]))
+        _check_budget(clock, reading + seconds(affordable[0]))
     choice = max([size for size in affordable if size <= usual] or affordable)
     levels = None
     reason = f"the images' median side is {summary.side} px"
     if only:
         reason = f"{first.backbone} is built for images of this size"
     close = affordable[-4:] if quality == "best" else affordable[-3:]
-    per_row = times.read + per_pixel * sum(size**2 for size in close)
+    per_row = per_pixel * sum(size**2 for size in close)
     rows = min(PROBE_ROWS, summary.n)
     if left < math.inf:
         rows = min(rows, int((PROBE_SHARE * left - per_network * len(close)) / per_row))
@@ -176,7 +179,7 @@ def choose_size(
         choice = best.img_size
         levels = _compare_levels(first, best)
         reason += f"; {figures}"
-    reason += f"; about {seconds(choice):.0f} s for the features of all members"
+    reason += f"; about {reading + seconds(choice):.0f} s for the features of all members"
     decision = Decision("img_size", choice, reason)
     return ProbePlan(
         choice,
