@@ -11,8 +11,8 @@ initial weights, the batches and the select rows, on which the best epoch is cho
 logistic regression that a recipe's linear head is, for comparison.
 
 Each fit is one line of FOLDER/heads.jsonl with its answers to the test images, so an interrupted
-series goes on where it stopped. Seeds are the outermost loop. Where
-another machine made the file, `table` needs --data, too.
+series goes on where it stopped. Seeds are the outermost loop. Where another machine made the file,
+`table` needs --data, too.
 """
 
 from __future__ import annotations

@@ -121,6 +121,15 @@ def test_squares_are_found_by_the_content_of_the_image(
     assert np.array_equal(found[SMALL], expected(dataset, SMALL)[:2])
 
 
+def test_small_images_leave_no_store(tmp_path: Path, dataset: ImageDataset) -> None:
+    squares = Squares(tmp_path / "store")
+
+    squares.read(dataset, [3], [SMALL, LARGE])
+    squares.save()
+
+    assert not (tmp_path / "store").exists()
+
+
 def test_arrays_are_not_stored(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (2, 90, 90, 3), dtype=np.uint8)
     dataset = ImageDataset(images, np.array([0, 1]), ("x", "y"), ("a", "b"))

@@ -24,6 +24,7 @@ from threefold.data.dataset import ImageDataset
 from threefold.data.resize import can_resize, resize_pixels
 from threefold.errors import RunError
 from threefold.models.resize import resize_square
+from threefold.recipe.schema import MemberSpec
 from threefold.training.features.store import FeatureStore, cache_limit, make_room
 
 VERSION: Final = 1
@@ -43,6 +44,11 @@ class SquareForm(NamedTuple):
     """Of the square, in pixels."""
     resize: Literal["squash", "crop"]
     """See `models.resize.resize_square`."""
+
+
+def form_of(spec: MemberSpec) -> SquareForm:
+    """Return how a member has its images."""
+    return SquareForm(spec.img_size, spec.resize)
 
 
 class Squares:
@@ -130,7 +136,8 @@ class _Store:
         self.key = f"squares-{VERSION}-{form.resize}-{form.side}"
         self.folder, self.store = folder, FeatureStore(folder, self.key, np.uint8)
         self.store.missing(())
-        self.store.touch()
+        if self.store.folder.exists():  # most images are small, and leave no store
+            self.store.touch()
         self.bytes = 3 * form.side**2 * count
         self._fits: bool | None = None
         self._unsaved: dict[str, np.ndarray] = {}
@@ -172,6 +179,7 @@ class _Store:
         if self._unsaved:
             try:
                 self.store.write([*self._unsaved], np.stack([*self._unsaved.values()]))
+                self.store.touch()
             except RunError:
                 self._fits = False
         self._unsaved = {}

@@ -54,7 +54,7 @@ from threefold.training.features.store import (
 from threefold.training.pixel_cache import select_rows
 from threefold.training.progress.watcher import Watcher
 from threefold.training.provenance import hardware, stable_seed
-from threefold.training.squares import SquareForm, Squares
+from threefold.training.squares import Squares, form_of
 from threefold.training.steps.augment import AUGMENT_VERSION, Augment
 
 VERSION = 1
@@ -402,8 +402,7 @@ class FeatureCache:
         self, source: _Source, split: str, items: Sequence[tuple[int, int]], squares: Squares
     ) -> np.ndarray:
         """Return some images, float32 (n, 3, s, s) in 0..255."""
-        form = SquareForm(source.spec.img_size, source.spec.resize)
-        rows = [row for row, _ in items]
+        form, rows = form_of(source.spec), [row for row, _ in items]
         with ThreadPoolExecutor(decoding_threads()) as pool:
             return to_float(squares.read(self.sources.part(split), rows, [form], pool)[form])
 

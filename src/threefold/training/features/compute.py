@@ -21,7 +21,7 @@ from threefold.training.distributed.ranks import RankGroup, Ranks, current_ranks
 from threefold.training.distributed.sharing import share_rows
 from threefold.training.features.engines import BATCH, Engine, compute, make_engine
 from threefold.training.provenance import stable_seed
-from threefold.training.squares import SquareForm, Squares
+from threefold.training.squares import SquareForm, Squares, form_of
 from threefold.training.steps.augment import Augment
 
 PART: Final = 16 * BATCH
@@ -129,7 +129,9 @@ class FeaturePass:
             key: [i for i, name in enumerate(batch) if name in backbone.missing]
             for key, backbone in self.backbones.items()
         }
-        forms = {key: _form(self.backbones[key].spec) for key, missing in wanted.items() if missing}
+        forms = {
+            key: form_of(self.backbones[key].spec) for key, missing in wanted.items() if missing
+        }
         squares = self.squares.read(self.dataset, rows, set(forms.values()), pool)
         prepared: dict[SquareForm, np.ndarray] = {}
         for key, form in forms.items():
@@ -157,11 +159,6 @@ class FeaturePass:
             augmented = self.augment.apply(torch.from_numpy(pixels[copies]), draws)
             pixels[copies] = augmented.numpy()
         return pixels
-
-
-def _form(spec: MemberSpec) -> SquareForm:
-    """How a member has its images."""
-    return SquareForm(spec.img_size, spec.resize)
 
 
 def follow_pass(device: torch.device, work: FeaturePass) -> None:
